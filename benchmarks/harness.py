@@ -213,9 +213,10 @@ def write_tables(tables: Tables) -> None:
 
 
 def tables_of(benchmark: Any, report: Mapping[str, Any]) -> Tables:
-    """Return the tables of a benchmark's module from its report: those of its ``BENCHMARK``, or its ``markdown``."""
-    if hasattr(benchmark, "BENCHMARK"):
-        tables: Tables = benchmark.BENCHMARK.tables(report)
+    """Return the tables of a benchmark's module from its report: its, or its ``BENCHMARK``'s, or its ``markdown``."""
+    source = getattr(benchmark, "BENCHMARK", benchmark)
+    if hasattr(source, "tables"):
+        tables: Tables = source.tables(report)
         return tables
     return {getattr(benchmark, "PAGE", COSTS): {benchmark.NAME: benchmark.markdown(report)}}
 

@@ -1,7 +1,7 @@
 """A GRPO training run of a chat model, every step predicted before it and measured after it on three sets of rollouts.
 
 A plain loop of torch: the loss's gradient, ``fx.influence`` on rollouts of held-out prompts, AdamW's step, and
-``fx.snis_delta`` on rollouts of the policy before it. A run continues from its last step.
+``fx.snis_delta`` on rollouts of the policy before it; or gradient and step alone. A run continues from its last step.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -48,14 +49,15 @@ PROMPTS, COMPLETIONS = 4, 4
 TRUSTED_EVERY = 20
 """Steps between measurements of the second derivative."""
 SEED = 0
+Weights = Literal["lora", "full"]
 
 
 class Settings(NamedTuple):
-    """Settings of a predicted training run.
+    """Settings of a training run.
 
     Attributes:
         model: directory of the model.
-        layers: those that get adapters, the last ones.
+        layers: those that are trained, the last ones.
         lr: learning rate.
         reward: a reward function.
         train: prompts of the steps.
@@ -63,6 +65,7 @@ class Settings(NamedTuple):
         steps: number of optimizer steps.
         tokens: length of the longest completion.
         evaluated: prompts of E, and as many others.
+        weights: "lora" trains adapters in the layers, "full" the layers themselves.
     """
 
     model: Path
@@ -74,10 +77,11 @@ class Settings(NamedTuple):
     steps: int
     tokens: int
     evaluated: int
+    weights: Weights = "lora"
 
 
 class Policy(NamedTuple):
-    """A model with adapters in its last layers, which are its ``end``, its tokenizer and its optimizer."""
+    """A model of which the last layers are trained, its ``end``, its tokenizer and its optimizer."""
 
     model: Any
     end: Any
@@ -109,38 +113,68 @@ def drawn_tasks(count: int) -> list[Prompt]:
 
 
 def initial_policy(settings: Settings) -> Policy:
-    """Return the model with new adapters and a new optimizer."""
+    """Return the model with new adapters or its own last layers to train, and a new optimizer."""
     torch.manual_seed(SEED)
-    adapters = {**LORA, "target_modules": list(MODULES), "layers_to_transform": list(settings.layers)}
     base = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
-    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **adapters)).eval()
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    end = trainable_end(model.get_base_model(), len(settings.layers))
+    if settings.weights == "lora":
+        adapters = {**LORA, "target_modules": list(MODULES), "layers_to_transform": list(settings.layers)}
+        model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **adapters)).eval()
+        end = trainable_end(model.get_base_model(), len(settings.layers))
+    else:
+        model = base.eval().requires_grad_(False)
+        end = trainable_end(model, len(settings.layers))
+        end.model.layers.requires_grad_(True)
     return Policy(model, end, tokenizer, fresh_optimizer(end, settings.lr))
 
 
-def train(folder: Path, settings: Settings) -> list[dict[str, Any]]:
-    """Return the figures of every step; those that ``folder`` has are not made again."""
+def train(
+    folder: Path,
+    settings: Settings,
+    make_step: Callable[[Policy, Settings, int], dict[str, Any]] | None = None,
+    states: Collection[int] = (),
+) -> list[dict[str, Any]]:
+    """Return the figures of every step; those that ``folder`` has are not made again.
+
+    Args:
+        folder: of the figures and the states.
+        settings: of the training run.
+        make_step: makes the step of a number and returns its figures; by default ``predicted_step``.
+        states: numbers of steps whose ``state_file`` is stored.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     steps, policy = stored_steps(folder), initial_policy(settings)
     if (file := folder / "state.pt").exists():
-        saved = torch.load(file, weights_only=True)
         # A run may have been stopped after it wrote a step's figures and before it wrote its state.
-        steps = steps[: saved["step"]]
-        policy.optimizer.load_state_dict(saved["optimizer"])
-        with torch.no_grad():
-            for name, p in policy.parameters().items():
-                p.copy_(saved["parameters"][name])
+        steps = steps[: load_state(policy, file)]
     for step in range(len(steps) + 1, settings.steps + 1):
         start = time.process_time()
-        figures = predicted_step(policy, settings, step)
+        figures = (make_step or predicted_step)(policy, settings, step)
         steps.append({"step": step, "seconds": time.process_time() - start, **figures})
         write_json(folder / "steps.json", {"steps": steps})
         state = {"step": step, "parameters": policy.parameters(), "optimizer": policy.optimizer.state_dict()}
-        torch.save(state, file.with_suffix(".part"))
-        os.replace(file.with_suffix(".part"), file)
+        part = file.with_suffix(".part")
+        torch.save(state, part)
+        if step in states:
+            shutil.copy(part, state_file(folder, step))
+        os.replace(part, file)
         print(f"step {step}: {steps[-1]}", file=sys.stderr, flush=True)
     return steps
+
+
+def state_file(folder: Path, step: int) -> Path:
+    """Return the file of the state after a step of the training run in ``folder``."""
+    return folder / f"state_after_{step}.pt"
+
+
+def load_state(policy: Policy, file: Path) -> int:
+    """Copy a stored state into a policy and its optimizer, and return the number of steps before it."""
+    saved = torch.load(file, weights_only=True)
+    policy.optimizer.load_state_dict(saved["optimizer"])
+    with torch.no_grad():
+        for name, p in policy.parameters().items():
+            p.copy_(saved["parameters"][name])
+    return int(saved["step"])
 
 
 def stored_steps(folder: Path) -> list[dict[str, Any]]:
@@ -159,6 +193,56 @@ def prompts_of_step(settings: Settings, step: int) -> tuple[list[Prompt], list[P
     return shuffled[place * PROMPTS :][:PROMPTS], held_out[:count], held_out[count:]
 
 
+def sampled_update(
+    policy: Policy, settings: Settings, prompts: Sequence[Prompt], seed: int
+) -> tuple[list[Rollout], Batch]:
+    """Return rewarded rollouts of prompts, and their batch with the coefficients of the loss.
+
+    What the frozen layers hold of earlier rollouts is dropped.
+    """
+    policy.end.get_input_embeddings().forget()
+    rollouts = sample_rewarded(
+        policy.model,
+        policy.tokenizer,
+        prompts,
+        settings.reward,
+        completions_per_prompt=COMPLETIONS,
+        max_new_tokens=settings.tokens,
+        temperature=1.0,
+        seed=seed,
+    )
+    return rollouts, update_batch(rollouts, policy.tokenizer.pad_token_id, settings.tokens)
+
+
+def sampled_evaluation(
+    policy: Policy, settings: Settings, prompts: Sequence[Prompt], completions: int, seed: int
+) -> list[Rollout]:
+    """Return as many rollouts of each prompt."""
+    return sample(
+        policy.model,
+        policy.tokenizer,
+        prompts,
+        completions_per_prompt=completions,
+        max_new_tokens=settings.tokens,
+        temperature=1.0,
+        seed=seed,
+    )
+
+
+def clip_and_step(policy: Policy) -> None:
+    """Clip the gradient that the parameters hold, and make the optimizer's step."""
+    nn.utils.clip_grad_norm_(policy.end.parameters(), MAX_NORM)
+    policy.optimizer.step()
+
+
+def unpredicted_step(policy: Policy, settings: Settings, step: int) -> dict[str, float]:
+    """Make a step and return its rewards, as ``predicted_step`` without a prediction."""
+    rollouts, u = sampled_update(policy, settings, prompts_of_step(settings, step)[0], seed=3 * step)
+    loss_gradient(policy, u)
+    clip_and_step(policy)
+    return reward_figures(rollouts)
+
+
 def predicted_step(policy: Policy, settings: Settings, step: int) -> dict[str, Any]:
     """Make a step; return its rewards, its predicted change in nats, the measured ones, and sums of proxies times lr.
 
@@ -168,25 +252,19 @@ def predicted_step(policy: Policy, settings: Settings, step: int) -> dict[str, A
         step: its number, from 1.
     """
     u_prompts, e_prompts, other_prompts = prompts_of_step(settings, step)
-    model, end, tokenizer, optimizer = policy
-    end.get_input_embeddings().forget()
-    drawing: dict[str, Any] = {"max_new_tokens": settings.tokens, "temperature": 1.0}
-    rollouts = sample_rewarded(
-        model, tokenizer, u_prompts, settings.reward, completions_per_prompt=COMPLETIONS, seed=3 * step, **drawing
-    )
-    pairs = sample(model, tokenizer, e_prompts, completions_per_prompt=2, seed=3 * step + 1, **drawing)
-    others = sample(model, tokenizer, other_prompts, completions_per_prompt=1, seed=3 * step + 2, **drawing)
+    end, optimizer = policy.end, policy.optimizer
+    rollouts, u = sampled_update(policy, settings, u_prompts, seed=3 * step)
+    pairs = sampled_evaluation(policy, settings, e_prompts, 2, seed=3 * step + 1)
+    others = sampled_evaluation(policy, settings, other_prompts, 1, seed=3 * step + 2)
     batches = {E_ITSELF: pairs[::2], SAME: pairs[1::2], OTHER: others}
     measured_on = {name: policy.collate(chosen) for name, chosen in batches.items()}
-    u = update_batch(rollouts, tokenizer.pad_token_id, settings.tokens)
     apply, live = fx.make_functional(end)
     params, state = {name: p.clone() for name, p in live.items()}, fx.adamw_state(optimizer, end)
     grad = loss_gradient(policy, u)
     advantages = torch.tensor([r.advantage or 0.0 for r in rollouts], dtype=torch.float64)
     predicted = prediction(params, u, measured_on[E_ITSELF], state, apply, grad, trusted=step % TRUSTED_EVERY == 1)
     moments = fx.proxies.token_moments(params, u, apply=apply)
-    nn.utils.clip_grad_norm_(end.parameters(), MAX_NORM)
-    optimizer.step()
+    clip_and_step(policy)
     moved = {name: live[name] - p for name, p in params.items()}
     return {
         **rollout_figures(rollouts, moments, u),
@@ -203,10 +281,17 @@ UNSCALED = ("degrees_of_freedom", "noise_share", "eta_trust", "entropy", "condit
 def rollout_figures(rollouts: Sequence[Rollout], moments: fx.TokenMoments, u: Batch) -> dict[str, float]:
     """Return means over the rollouts of a step."""
     return {
-        "reward": sum(r.reward or 0.0 for r in rollouts) / len(rollouts),
-        "with_advantage": sum(bool(r.advantage) for r in rollouts) / len(rollouts),
+        **reward_figures(rollouts),
         "entropy": float(moments.entropies[u.completion_mask].mean()),
         "length": float(u.completion_mask.sum() / len(rollouts)),
+    }
+
+
+def reward_figures(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Return the mean reward of rollouts, and the share of those with an advantage."""
+    return {
+        "reward": sum(r.reward or 0.0 for r in rollouts) / len(rollouts),
+        "with_advantage": sum(bool(r.advantage) for r in rollouts) / len(rollouts),
     }
 
 
