@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.evidence.arithmetic import Task
+from benchmarks.evidence.bench_counterfactual import MAX_NORM
 from benchmarks.evidence.training_runs import Policy
 from benchmarks.real import predicted_run
 from benchmarks.real.predicted_run import Settings, initial_policy
@@ -32,8 +33,8 @@ TASK_KINDS: dict[str, dict[str, Any]] = {
 }
 """Data sets of reasoning-gym and their settings: at sums the model hardly ever succeeds, and neither ever nor always at
 these."""
-ROWS, MAX_NORM = 16, 1.0
-"""Answers of a supervised step, and the norm that its gradient is clipped to."""
+ROWS = 16
+"""Answers of a supervised step."""
 
 
 def tasks_of_kinds(count: int) -> list[Prompt]:

@@ -23,7 +23,7 @@ ENDINGS = {
 }
 """Endings of titles by those of the predictors' names that are estimators of the entropy's gradient."""
 FRESH, OWN, TOKENS, NOTHING = "fresh rollouts", "the step's rollouts", "token probabilities", "nothing"
-"""What a predictor needs beside the step's gradients: rollouts as E, or less."""
+"""Needs of a predictor beside the step's gradients: rollouts as E, or less."""
 NEEDS = {
     **{f"share{ending}": FRESH for ending in ENDINGS},
     **{f"cross-fitted{ending}": OWN for ending in ENDINGS},
@@ -31,7 +31,7 @@ NEEDS = {
     **dict.fromkeys(PROXIES, TOKENS),
     **dict.fromkeys(("advantage", *SIGNLESS), NOTHING),
 }
-"""What each predictor needs, in the order of the table."""
+"""Needs of each predictor, in the order of the table."""
 
 
 def title(predictor: str) -> str:
