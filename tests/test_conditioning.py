@@ -39,8 +39,8 @@ class Case:
     def influence(self, state: AdamWState, apply: Apply | None = None, **options: Any) -> fx.Influence:
         return fx.influence(self.params, self.batch_u, self.batch_e, state, apply=apply or self.apply, **options)
 
-    def literal(self, state: AdamWState, **options: Any) -> Tensor:
-        """Return conditioning by its formula, from every rollout's gradient and its influence by coordinate."""
+    def literal(self, state: AdamWState, rows: slice = slice(None), **options: Any) -> Tensor:
+        """Return conditioning of rows by its formula, from their gradients and their influences by coordinate."""
         grads = fx.per_sample_grads(fx.rollout_loss(self.apply), self.params, self.batch_u)
         total_grads = {name: g.sum(0) for name, g in grads.items()}
         norm = math.sqrt(sum(g.square().sum() for g in total_grads.values()))
@@ -59,7 +59,8 @@ class Case:
             contributions = (gain[name] * entropy_grad[name] * g).flatten(1)
             fresh_part += (contributions * is_fresh.flatten()).sum(1)
             rest += (contributions * ~is_fresh.flatten()).sum(1)
-        return fresh_part.abs().sum() / (fresh_part.abs().sum() + rest.abs().sum())
+        size, other = fresh_part[rows].abs().sum(), rest[rows].abs().sum()
+        return size / (size + other)
 
 
 def entropy_gradient(apply: Apply, params: Params, batch_e: Batch) -> Params:
@@ -112,6 +113,20 @@ def test_conditioning_matches_formula(options: dict[str, Any]) -> None:
     expected = case.literal(state, **{k: v for k, v in options.items() if k in ("preconditioner", "max_grad_norm")})
     assert 0.05 < expected < 0.9999
     # A rollout's contributions cancel among coordinates, by less than a factor of a thousand.
+    assert_close_to_rounding(case.influence(state, **options).conditioning, expected, terms=TINY_POLICY, scale=1e3)
+
+
+@pytest.mark.parametrize(("options", "rows"), [({}, slice(None)), ({"stderr": False}, slice(None, None, 2))], ids=str)
+def test_conditioning_is_of_every_rollout_unless_it_takes_a_pass(options: dict[str, Any], rows: slice) -> None:
+    """Without error bars the passes over 17 rollouts of which 16 have a loss are of every second of these."""
+    case, generator = Case(), torch.Generator().manual_seed(3)
+    case.batch_u = random_batch(generator, 17, 8, 6, entropy_coefficients=True)
+    mask = case.batch_u.completion_mask.clone()
+    mask[16] = False
+    case.batch_u = case.batch_u._replace(completion_mask=mask)
+    state = half_fresh(case)
+    expected, others = case.literal(state, rows), case.literal(state, slice(1, None, 2))
+    assert (expected - others).abs() > 1e-3
     assert_close_to_rounding(case.influence(state, **options).conditioning, expected, terms=TINY_POLICY, scale=1e3)
 
 

@@ -42,7 +42,8 @@ class LinearizedLosses(NamedTuple):
         token_jvp_of: (u, rows) -> (len(rows), T), those of some rows.
         resolves_tokens: whether ``differentiate`` has derivatives by token.
         plan: how the directions are to be held.
-        batch: the rows that have a loss, whose gradient is that of all.
+        rows: the places in U of the rows that have a loss, int64, ascending; one at least.
+        batch: these rows, whose gradient is that of all.
         shape: (n_u, T).
     """
 
@@ -52,6 +53,7 @@ class LinearizedLosses(NamedTuple):
     token_jvp_of: Callable[[Direction, Tensor], Tensor]
     resolves_tokens: bool
     plan: DirectionPlan
+    rows: Tensor
     batch: Batch
     shape: torch.Size
 
@@ -116,7 +118,11 @@ def linearize_update(
         return _scattered(linearized.token_jvp_of(u, places), 0, wanted, len(index))
 
     return linearized._replace(
-        differentiate=differentiate, token_jvp=token_jvp, token_jvp_of=token_jvp_of, shape=batch_u.input_ids.shape
+        differentiate=differentiate,
+        token_jvp=token_jvp,
+        token_jvp_of=token_jvp_of,
+        rows=rows,
+        shape=batch_u.input_ids.shape,
     )
 
 
@@ -138,6 +144,7 @@ def _linearize_rows(
     memory_budget: int,
 ) -> LinearizedLosses:
     """Return the losses of all rows of a batch to first order; the arguments are those of ``linearize_update``."""
+    every_row = torch.arange(len(batch.input_ids), device=batch.input_ids.device)
 
     def token_jvp(u: Direction, caches: LinearOutputCaches | None = None) -> Tensor:
         return u.scale * token_derivatives(params, u.unit, batch, engine, caches)
@@ -164,6 +171,7 @@ def _linearize_rows(
                 token_jvp_of=token_jvp_of,
                 resolves_tokens=False,
                 plan=plan,
+                rows=every_row,
                 batch=batch,
                 shape=batch.input_ids.shape,
             )
@@ -183,6 +191,7 @@ def _linearize_rows(
         token_jvp_of=token_jvp_of,
         resolves_tokens=True,
         plan=DirectionPlan(1, None),
+        rows=every_row,
         batch=batch,
         shape=batch.input_ids.shape,
     )

@@ -131,18 +131,37 @@ def check_sums(
     return Identity(expected, residual, unattributed)
 
 
+SAMPLED_ROWS, SAMPLED_SHARE = 8, 1 / 8
+"""Rows of which ``conditioning`` is estimated where it takes a pass: so many or this share, whichever are more."""
+
+
 def conditioning(update: LinearizedLosses, step: AdamWStep, groups: GroupDerivatives, over_all: Tensor) -> Tensor:
-    """Return the share of sum |delta| along u on coordinates of fresh denominators; u's memory may be reused."""
+    """Return the share of sum |delta| along u on coordinates of fresh denominators; u's memory may be reused.
+
+    Where the derivatives on these coordinates were not made with those of the groups, they take a pass of their own,
+    over evenly spaced rows of those that have a loss.
+    """
     on_fresh = groups.on_fresh
     if on_fresh is None:
-        u = groups.u
+        u, sample = groups.u, evenly_spaced(update.rows)
         step.keep_fresh_(u.unit)
         if not dot(u.unit, u.unit):
             return torch.zeros((), dtype=torch.float64, device=over_all.device)
         fresh = Direction.of_(u.unit)
-        on_fresh = u.scale * update.jvp([fresh])[0].sum(-1)
+        on_fresh = update.token_jvp_of(fresh._replace(scale=u.scale * fresh.scale), sample).sum(-1)
+        over_all = over_all[sample]
     size, rest = on_fresh.abs().sum(), (over_all - on_fresh).abs().sum()
     return torch.where(size > 0, size / (size + rest), 0.0)
+
+
+def evenly_spaced(rows: Tensor) -> Tensor:
+    """Return every k-th of the rows, with k the largest that leaves at least ``SAMPLED_ROWS`` and ``SAMPLED_SHARE``.
+
+    Example:
+        >>> evenly_spaced(torch.arange(20)).tolist()
+        [0, 2, 4, 6, 8, 10, 12, 14, 16, 18]
+    """
+    return rows[:: max(1, min(len(rows) // SAMPLED_ROWS, round(1 / SAMPLED_SHARE)))]
 
 
 def _adding_up_to(per_sequence: Tensor, tokens: Tensor) -> Tensor:
