@@ -89,8 +89,8 @@ class Influence(NamedTuple):
             the influence through coordinates whose denominator comes mostly from this very gradient or from eps, see
             ``AdamWStep.keep_fresh_``. Above about 0.5, as in the first steps of an optimizer, the influences of
             rollouts are large and cancel: read the total and sums over many rollouts, or measure a later step. Where it
-            takes a pass of its own, as without error bars, both sums are over evenly spaced rollouts of those with a
-            loss, eight or an eighth of them, whichever are more. NaN where it was not measured.
+            takes a JVP of its own, as with tokens and no error bars, both sums are over evenly spaced rollouts of those
+            with a loss, eight or an eighth of them, whichever are more. NaN where it was not measured.
         rounding: (n_u,), |delta_i by the JVP - delta_i by ghost products or by the matrix|: two roundings of one
             number, nats per unit lr. NaN where only one of the two was computed: without ``stderr`` and ``matrix`` in
             float32, without ``per_token``, where a parameter has no layer inputs and output gradients, or where the

@@ -132,24 +132,27 @@ def check_sums(
 
 
 SAMPLED_ROWS, SAMPLED_SHARE = 8, 1 / 8
-"""Rows of which ``conditioning`` is estimated where it takes a pass: so many or this share, whichever are more."""
+"""Rows of which ``conditioning`` is estimated where it takes a JVP: so many or this share, whichever are more."""
 
 
 def conditioning(update: LinearizedLosses, step: AdamWStep, groups: GroupDerivatives, over_all: Tensor) -> Tensor:
     """Return the share of sum |delta| along u on coordinates of fresh denominators; u's memory may be reused.
 
-    Where the derivatives on these coordinates were not made with those of the groups, they take a pass of their own,
-    over evenly spaced rows of those that have a loss.
+    Where they would take a JVP of their own, it is over evenly spaced rows of those that have a loss.
     """
     on_fresh = groups.on_fresh
     if on_fresh is None:
-        u, sample = groups.u, evenly_spaced(update.rows)
+        u = groups.u
         step.keep_fresh_(u.unit)
         if not dot(u.unit, u.unit):
             return torch.zeros((), dtype=torch.float64, device=over_all.device)
-        fresh = Direction.of_(u.unit)
-        on_fresh = update.token_jvp_of(fresh._replace(scale=u.scale * fresh.scale), sample).sum(-1)
-        over_all = over_all[sample]
+        unit = Direction.of_(u.unit)
+        fresh = unit._replace(scale=u.scale * unit.scale)
+        if update.resolves_tokens:
+            sample = evenly_spaced(update.rows)
+            on_fresh, over_all = update.token_jvp_of(fresh, sample).sum(-1), over_all[sample]
+        else:
+            on_fresh = update.jvp([fresh])[0].sum(-1)
     size, rest = on_fresh.abs().sum(), (over_all - on_fresh).abs().sum()
     return torch.where(size > 0, size / (size + rest), 0.0)
 

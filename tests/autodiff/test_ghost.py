@@ -285,7 +285,7 @@ def test_stderr_is_equal_for_any_number_of_directions(monkeypatch: pytest.Monkey
     # One row of each weight at a time.
     monkeypatch.setattr(ghost, "MAX_GRADIENT_ENTRIES", 100)
     outputs = []
-    for per_call, blocks in ((1, [1] * 8), (5, [5, 4]), (9, [9])):
+    for per_call, blocks in ((1, [1] * 9), (5, [5, 4]), (9, [9])):
         plan = ghost.DirectionPlan(per_call, None)
         monkeypatch.setattr(LINEARIZED_LOSSES, "plan_directions", lambda *_, plan=plan: plan)
         outputs.append(fx.influence(*inputs, apply=apply, per_token=per_token))
