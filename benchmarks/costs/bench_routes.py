@@ -145,12 +145,13 @@ def main(argv: list[str] | None = None) -> int:
         tiny = [measure(Setting("tiny", lora, 4, 24), names, pairs=1, with_memory=False) for lora in (False, True)]
         print(markdown({"settings": tiny}))
         return 0
-    stored = _stored()
+    stored, titles = _stored(), [setting.title for setting in SETTINGS]
     report = {"environment": environment(), "pairs": PAIRS, "settings": stored}
     for setting, names in SETTINGS.items():
         if setting.title not in [s["title"] for s in stored]:
             print(setting.title, flush=True)
             stored.append(measure(setting, names, PAIRS))
+            stored.sort(key=lambda s: titles.index(s["title"]))
             store(NAME, report, {COSTS: {NAME: markdown(report)}})
     print(markdown(report))
     return 0
