@@ -146,18 +146,22 @@ class StateCotangent:
         """Return the cotangent of one parameter's state, which the optimizer holds."""
         return ParameterState(self.theta[name], self.m[name], self.s[name], self.maximum.get(name))
 
+    def replace_(self, name: str, x: ParameterState) -> None:
+        """Put the cotangent of one parameter's state in place of the present one."""
+        self.theta[name], self.m[name], self.s[name] = x.theta, x.m, x.s
+        if x.maximum is not None:
+            self.maximum[name] = x.maximum
+
 
 class TransposedStep(NamedTuple):
-    """The transposed derivative of one step, applied to a cotangent of the state after it.
+    """What a cotangent of the state after a step is for the step's own inputs.
 
     Attributes:
-        before: cotangent of the state before the step, through the optimizer alone: the gradient counts as given.
         g: cotangent of the gradient before clipping, by name; without the parameters that the step does not move.
         weight_decay: derivative along the step's decay, <l_theta, -lr rho lambda theta>, float64 scalar.
         eps: sum over parameters of eps times its cotangent, float64 scalar.
     """
 
-    before: StateCotangent
     g: Params
     weight_decay: Tensor
     eps: Tensor
@@ -189,8 +193,8 @@ def advance(step: AdamWStep, lr: float) -> tuple[Params, AdamWState]:
     return params, old._replace(exp_avg=m, exp_avg_sq=s, max_exp_avg_sq=maximum, step=counts)
 
 
-def transpose(step: AdamWStep, lr: float, after: StateCotangent, clip: Clip = "frozen") -> TransposedStep:
-    """Return the vector-Jacobian product of ``advance`` over all parameters.
+def transpose_(step: AdamWStep, lr: float, cotangent: StateCotangent, clip: Clip = "frozen") -> TransposedStep:
+    """Apply the vector-Jacobian product of ``advance``, in place, so that one cotangent of the state is in memory.
 
     With the clipping factor differentiated the cotangent of g gets ``AdamWStep.differentiate_clipping_``'s term of rank
     one over all parameters.
@@ -199,29 +203,30 @@ def transpose(step: AdamWStep, lr: float, after: StateCotangent, clip: Clip = "f
         step: the gradient, the state and the parameters before the step, and kappa. Its ``preconditioner``, ``frozen``
             or ``jacobian``, says whether denominators are held fixed or differentiated.
         lr: reference learning rate of the step.
-        after: cotangent of the state after the step.
+        cotangent: of the state after the step, whose dictionaries then hold new tensors: those of the state before the
+            step, through the optimizer alone, where the gradient counts as given.
         clip: whether kappa is held fixed.
 
     Example:
         >>> zero, one = {"w": torch.zeros(1)}, {"w": torch.ones(1)}
         >>> state = AdamWState(zero, one, {}, {"w": 0}, {"w": AdamWHyper()}, lr=0.5)
         >>> step = AdamWStep.of(one, state, zero, "frozen", None)
-        >>> out = transpose(step, 0.5, StateCotangent.of_parameters(one, state))
-        >>> bool(torch.isclose(out.g["w"], 0.5 * step.gain()["w"]))
+        >>> cotangent = StateCotangent.of_parameters(one, state)
+        >>> bool(torch.isclose(transpose_(step, 0.5, cotangent).g["w"], 0.5 * step.gain()["w"]))
+        True
+        >>> bool(torch.isclose(cotangent.m["w"], 0.9 * 0.5 * step.gain()["w"] / (1 - 0.9)))
         True
     """
     preconditioner: Literal["frozen", "jacobian"] = "frozen" if step.preconditioner == "frozen" else "jacobian"
-    theta, m, s, maximum = dict(after.theta), dict(after.m), dict(after.s), dict(after.maximum)
     of_g, decay, of_eps = {}, *torch.zeros(2, dtype=torch.float64, device=step.clip.device)
     for name in filter(step.moves, step.params):
         hyper, tau = step.opt_state.hyper[name], step.opt_state.step[name] + 1
-        out = step_vjp(step.inputs(name), hyper, tau, lr, after.of_parameter(name), preconditioner)
-        theta[name], m[name], s[name], of_g[name] = out.before.theta, out.before.m, out.before.s, out.g
-        if out.before.maximum is not None:
-            maximum[name] = out.before.maximum
-        size = dot({name: after.theta[name]}, {name: step.params[name]})
+        out = step_vjp(step.inputs(name), hyper, tau, lr, cotangent.of_parameter(name), preconditioner)
+        size = dot({name: cotangent.theta[name]}, {name: step.params[name]})
         decay -= lr * hyper.lr_scale * hyper.weight_decay * size.to(decay.device)
         of_eps += hyper.eps * out.eps.to(of_eps.device)
+        of_g[name] = out.g
+        cotangent.replace_(name, out.before)
     if clip == "differentiated" and of_g:
         step.differentiate_clipping_(of_g)
-    return TransposedStep(StateCotangent(theta, m, s, maximum), of_g, decay, of_eps)
+    return TransposedStep(of_g, decay, of_eps)

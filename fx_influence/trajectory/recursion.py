@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from fx_influence.autodiff.engine import Engine
 from fx_influence.core.tree import add, dot
 from fx_influence.estimators.consistency import check_identity
 from fx_influence.optim.step import AdamWStep
-from fx_influence.optim.transition import StateCotangent, transpose
+from fx_influence.optim.transition import StateCotangent, transpose_
 from fx_influence.trajectory.replay import Replay
 from fx_influence.trajectory.window import RecordedStep
 from fx_influence.types import AdamWState, Clip, Params
@@ -43,6 +43,8 @@ class RecursionOptions(NamedTuple):
 class StepParts(NamedTuple):
     """Contributions of C groups of E to one step's part of the result, float64; C is 1 where their sum was carried.
 
+    Of one group alone they are without the first axis.
+
     Attributes:
         tokens: (C, n_u, T), to the influences of tokens.
         weight_decay: (C,), to the derivative along the step's decay.
@@ -64,16 +66,6 @@ class WindowParts(NamedTuple):
     second_moment: Tensor
 
 
-class _Transposed(NamedTuple):
-    """One group's part of a step: influences of tokens (n_u, T), scalars, and the cotangent before the step."""
-
-    tokens: Tensor
-    weight_decay: Tensor
-    eps: Tensor
-    residual: Tensor
-    before: StateCotangent
-
-
 def backward_by_group(
     replayed: Replay, gradients: Sequence[Params], first_state: AdamWState, options: RecursionOptions
 ) -> WindowParts:
@@ -81,7 +73,7 @@ def backward_by_group(
 
     Args:
         replayed: the window's steps.
-        gradients: the objective's gradient at theta_K by group of E.
+        gradients: the objective's gradient at theta_K by group of E, which are used up.
         first_state: AdamW's state before the first step.
         options: of the recursion.
     """
@@ -90,10 +82,7 @@ def backward_by_group(
     for k, step in replayed.backward():
         if k < options.by_group_from:
             cotangents = [_sum_of(cotangents)]
-        parts: list[tuple[Tensor, ...]] = []
-        for index, cotangent in enumerate(cotangents):
-            *values, cotangents[index] = _transpose_step(k, step, cotangent, options)
-            parts.append(tuple(values))
+        parts = [_transpose_step_(k, step, cotangent, options) for cotangent in cotangents]
         by_step.append(StepParts(*map(torch.stack, zip(*parts, strict=True))))
     by_step.reverse()
     momentum = torch.stack([dot(x.m, first_state.exp_avg) for x in cotangents])
@@ -103,27 +92,28 @@ def backward_by_group(
     return WindowParts(by_step, momentum, second_moment)
 
 
-def _transpose_step(k: int, step: AdamWStep, after: StateCotangent, options: RecursionOptions) -> _Transposed:
-    """Return step k's part and the cotangent of the state before it; raise ``IdentityError`` if the two modes differ.
+def _transpose_step_(k: int, step: AdamWStep, cotangent: StateCotangent, options: RecursionOptions) -> StepParts:
+    """Return one group's part of step k; raise ``IdentityError`` if the two modes differ.
 
     Args:
         k: number of the step, from 0.
         step: the step as it was replayed.
-        after: cotangent of the state after it.
+        cotangent: of the state after it, which becomes that of the state before it.
         options: of the recursion.
     """
     recorded = options.steps[k]
-    out = transpose(step, recorded.lr, after, options.clip)
+    out = transpose_(step, recorded.lr, cotangent, options.clip)
     tokens = token_derivatives(step.params, out.g, recorded.batch, options.engine, None)
     expected = dot(out.g, {name: g for name, g in step.grads.items() if g is not None}) if out.g else tokens.sum()
     residual, rows = expected - tokens.sum(), tokens.sum(-1)
     check_identity(f"the JVP over step {k}", residual, rows, expected, options.bound)
-    before = out.before
     # Before the first step only the moments' cotangents are read.
     if options.curvature and k > 0:
         product = options.engine.hessian_product(step.params, out.g, recorded.batch, recorded.coefficient_slopes)
-        before = replace(before, theta=add(before.theta, product))
-    return _Transposed(tokens, out.weight_decay, out.eps, residual, before)
+        for name, x in product.items():
+            if x is not None:
+                cotangent.theta[name] = cotangent.theta[name] + x
+    return StepParts(tokens, out.weight_decay, out.eps, residual)
 
 
 def _sum_of(cotangents: list[StateCotangent]) -> StateCotangent:

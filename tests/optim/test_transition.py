@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fx_influence.core.tree import dot
 from fx_influence.optim.step import AdamWStep
-from fx_influence.optim.transition import StateCotangent, TransposedStep, advance, transpose
+from fx_influence.optim.transition import StateCotangent, TransposedStep, advance, transpose_
 from fx_influence.testing import reference
 from fx_influence.types import AdamWHyper, AdamWState, Clip, Gradients, Params
 
@@ -68,6 +68,14 @@ def plain_step(
     theta = theta - lr * hyper.lr_scale * hyper.weight_decay * theta
     theta = theta - lr * hyper.lr_scale * m / (1 - hyper.beta1**tau) / (root + hyper.eps)
     return (theta, m, s) if top is None else (theta, m, s, highest)
+
+
+def transposed(
+    step: AdamWStep, lr: float, after: StateCotangent, clip: Clip = "frozen"
+) -> tuple[TransposedStep, StateCotangent]:
+    """Return what ``transpose_`` does and the cotangent of the state before the step; that after it stays."""
+    before = StateCotangent({**after.theta}, {**after.m}, {**after.s}, {**after.maximum})
+    return transpose_(step, lr, before, clip), before
 
 
 def by_autograd(training: Training, after: StateCotangent, clip: Clip) -> Point:
@@ -122,8 +130,8 @@ def test_advance_matches_torch_adamw(training: Training) -> None:
 @settings(max_examples=40)
 def test_transpose_matches_autograd(training: Training, seed: int, clip: Clip) -> None:
     after = random_cotangent(training, seed)
-    actual, expected = transpose(step_of(training), training.lr, after, clip), by_autograd(training, after, clip)
-    fields = (actual.before.theta, actual.before.m, actual.before.s, actual.before.maximum)
+    actual, before = transposed(step_of(training), training.lr, after, clip)
+    expected, fields = by_autograd(training, after, clip), (before.theta, before.m, before.s, before.maximum)
     for field, other in zip(fields, expected[:4], strict=True):
         assert field.keys() == other.keys()
         for name, x in field.items():
@@ -134,11 +142,10 @@ def test_transpose_matches_autograd(training: Training, seed: int, clip: Clip) -
         assert_close_to_rounding(mine, g, terms=STEP, scale=LOST * (1 + g.abs()), name=name)
 
 
-def directional(transposed: TransposedStep, v: Point) -> Tensor:
-    before = transposed.before
+def directional(out: TransposedStep, before: StateCotangent, v: Point) -> Tensor:
     pairs = zip((before.theta, before.m, before.s, before.maximum), v[:4], strict=True)
     return torch.stack(
-        [dot(transposed.g, {n: x for n, x in v.g.items() if x is not None}), *(dot(a, b) for a, b in pairs if b)]
+        [dot(out.g, {n: x for n, x in v.g.items() if x is not None}), *(dot(a, b) for a, b in pairs if b)]
     ).sum()
 
 
@@ -184,7 +191,7 @@ def test_transpose_matches_finite_differences(training: Training, seed: int, cli
     slope = central_difference(
         lambda eta: moved(training, v, eta, kappa, after), 1e-4, terms=STEP, magnitude=LOST * size
     )
-    assert_within(directional(transpose(step, training.lr, after, clip), v), slope.slope, slope.bound)
+    assert_within(directional(*transposed(step, training.lr, after, clip), v), slope.slope, slope.bound)
 
 
 @given(training=trainings(), seed=seeds)
@@ -192,15 +199,13 @@ def test_transpose_matches_finite_differences(training: Training, seed: int, cli
 def test_step_scales_with_gradients_and_moments(training: Training, seed: int) -> None:
     """A step from (a m, a^2 s, a g) with a eps is the same step, so these derivatives add up to 0 (Euler)."""
     after = random_cotangent(training, seed)
-    out, point = transpose(step_of(training), training.lr, after), Point.of(training)
+    (out, start), point = transposed(step_of(training), training.lr, after), Point.of(training)
     m, s, maximum = advance(step_of(training), training.lr)[1][:3]
-    before = (
-        dot(out.before.m, point.m) + 2 * (dot(out.before.s, point.s)) + dot(out.g, _reached(point, out.g)) + out.eps
-    )
+    before = dot(start.m, point.m) + 2 * dot(start.s, point.s) + dot(out.g, _reached(point, out.g)) + out.eps
     end = dot(after.m, m) + 2 * dot(after.s, s)
     if point.maximum:
-        before, end = before + 2 * dot(out.before.maximum, point.maximum), end + 2 * dot(after.maximum, maximum)
-    pairs = ((out.g, _reached(point, out.g)), (out.before.s, point.s))
+        before, end = before + 2 * dot(start.maximum, point.maximum), end + 2 * dot(after.maximum, maximum)
+    pairs = ((out.g, _reached(point, out.g)), (start.s, point.s))
     size = 1 + abs(float(end)) + sum(float((x * b[n]).abs().sum()) for a, b in pairs for n, x in a.items())
     assert_close_to_rounding(before, end, terms=STEP, scale=LOST * size)
 
@@ -214,7 +219,7 @@ def _reached(point: Point, names: Params) -> Params:
 def test_transpose_of_a_function_of_theta_is_lr_times_gain(training: Training, preconditioner: Fixed) -> None:
     step = step_of(training, preconditioner)
     ones = {name: torch.ones_like(p) for name, p in training.params.items()}
-    out = transpose(step, training.lr, StateCotangent.of_parameters(ones, training.state))
+    out, before = transposed(step, training.lr, StateCotangent.of_parameters(ones, training.state))
     for name, gain in step.gain().items():
         assert_close_to_rounding(
             out.g.get(name, torch.zeros_like(gain)),
@@ -223,7 +228,7 @@ def test_transpose_of_a_function_of_theta_is_lr_times_gain(training: Training, p
             scale=LOST * training.lr * gain.abs(),
         )
     if preconditioner == "frozen":
-        assert not any(x.any() for x in (*out.before.s.values(), *out.before.maximum.values()))
+        assert not any(x.any() for x in (*before.s.values(), *before.maximum.values()))
 
 
 def test_step_without_gradients_moves_nothing() -> None:
@@ -233,9 +238,9 @@ def test_step_without_gradients_moves_nothing() -> None:
     params, after = advance(step, 0.1)
     assert torch.equal(params["w"], one["w"])
     assert after.step == {"w": 3}
-    out = transpose(step, 0.1, StateCotangent(one, one, one, {}), "differentiated")
+    out, before = transposed(step, 0.1, StateCotangent(one, one, one, {}), "differentiated")
     assert not out.g
-    assert torch.equal(out.before.theta["w"], one["w"])
+    assert torch.equal(before.theta["w"], one["w"])
 
 
 @pytest.mark.parametrize("clip", ["frozen", "differentiated"])
@@ -244,7 +249,6 @@ def test_clipping_reaches_parameters_that_the_optimizer_lacks(clip: Clip) -> Non
     values = {"a": torch.tensor([3.0], dtype=torch.float64), "b": torch.tensor([4.0], dtype=torch.float64)}
     a = {"a": torch.ones(1, dtype=torch.float64)}
     state = AdamWState(a, a, {}, {"a": 3}, {"a": AdamWHyper()}, lr=0.1)
-    out = transpose(
-        AdamWStep.of({**values}, state, values, "jacobian", 1.0), 0.1, StateCotangent(values, a, a, {}), clip
-    )
+    step = AdamWStep.of({**values}, state, values, "jacobian", 1.0)
+    out, _ = transposed(step, 0.1, StateCotangent(values, a, a, {}), clip)
     assert ("b" in out.g) == (clip == "differentiated")
