@@ -62,10 +62,10 @@ from benchmarks.evidence.bench_control import (
 )
 from benchmarks.evidence.training_runs import Benchmark, Policy, StepState, step_states
 from benchmarks.harness import format_interval, mean_interval, write_json
-from benchmarks.real.chat_policy import chat_policy, tasks_of_kinds
+from benchmarks.real.chat_policy import chat_policy
 from benchmarks.real.language_model import FOLDER, prepare_model, prepare_verifiers, tiny_model
 from benchmarks.real.predicted_run import Settings
-from benchmarks.real.tasks import by_length, tasks, verified
+from benchmarks.real.tasks import by_length, drawn_tasks, tasks, verified
 
 NAME = "bench_real_control"
 PRETRAINED, TINY = "SmolLM2-135M", "tiny"
@@ -88,6 +88,12 @@ SEEDS, STEPS, PROMPTS, COMPLETIONS = 3, 20, 6, 4
 """Seeds, batches, prompts of a batch, and completions of each."""
 JUDGED, WARM_UP, TRAINED = 32, 160, 144
 """Held-out prompts, those whose answers the supervised steps see, and those of GRPO."""
+TASK_KINDS: dict[str, dict[str, Any]] = {
+    "letter_counting": {"min_words": 3, "max_words": 6},
+    "gcd": {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 30},
+}
+"""Data sets of reasoning-gym and their settings: at sums the model hardly ever succeeds, and neither ever nor always at
+these."""
 WARM_UP_RATE, LEARNING_RATE = 1e-3, 1e-4
 LAYERS, TOKENS = range(24, 30), 6
 CACHE = FOLDER / "control"
@@ -106,7 +112,7 @@ def initial_policy(policy: str, folder: Path) -> Policy:
         settings = Settings(model, (1,), 1e-3, by_length, prompts, tasks("eval"), 0, 6, 0)
         return chat_policy(settings, prompts[:4], None)
     prepare_verifiers()
-    prompts = tasks_of_kinds(JUDGED + WARM_UP + TRAINED)
+    prompts = drawn_tasks(TASK_KINDS, JUDGED + WARM_UP + TRAINED, 3, "task", set())
     held_out, answered, train = prompts[:JUDGED], prompts[JUDGED:][:WARM_UP], prompts[JUDGED + WARM_UP :]
     settings = Settings(prepare_model(), LAYERS, WARM_UP_RATE, verified, train, held_out, 0, TOKENS, JUDGED)
     return chat_policy(settings, answered, folder / "warm.safetensors")

@@ -30,7 +30,7 @@ from benchmarks.real.language_model import FOLDER, prepare_model, prepare_verifi
 from benchmarks.real.predicted_run import (
     Settings,
     Weights,
-    drawn_tasks,
+    held_out_tasks,
     initial_policy,
     load_state,
     state_file,
@@ -77,7 +77,7 @@ def real_study() -> Study:
     model = prepare_model()
     prepare_verifiers()
     steps = max(n for _, n in STATES)
-    train_on, held_out = training_tasks(), drawn_tasks(2 * EVALUATED * (steps + 1))
+    train_on, held_out = training_tasks(), held_out_tasks(2 * EVALUATED * (steps + 1))
     settings: dict[Weights, Settings] = {
         weights: Settings(model, LAYERS, LRS[weights], verified, train_on, held_out, steps, TOKENS, EVALUATED, weights)
         for weights in TITLES

@@ -5,9 +5,10 @@
     python -m benchmarks real_limits --quick    the embedded policy, few rollouts, written nowhere
     python -m benchmarks.real.bench_real_limits --collect    stores the parts that an interrupted benchmark has made
 
-The states and rollouts are those of ``real_cross_fitting``. Influences of a step's rollouts with passes or directions
-in bfloat16 are compared with float32; those on E of fewer rollouts with those on rollouts of other prompts; and the
-change of entropy at multiples of the learning rate, for the step and for single rollouts, with its first order.
+The states and rollouts are those of ``real_cross_fitting``. Influences of a step's rollouts in float32, and with passes
+or directions in bfloat16, are compared with float64; those on E of fewer rollouts with those on rollouts of other
+prompts; and the change of entropy at multiples of the learning rate, for the step and for single rollouts, with its
+first order.
 """
 
 from __future__ import annotations
@@ -50,8 +51,11 @@ BFLOAT16: dict[str, dict[str, Any]] = {
     name: {option: torch.bfloat16} for name, option in zip(ROUNDED, ("compute_dtype", "direction_dtype"), strict=True)
 }
 
+EXACT = "float64"
+"""Precision with which others are compared."""
+
 FIGURES = {
-    "precision": ("float32", *BFLOAT16),
+    "precision": (EXACT, "float32", *BFLOAT16),
     "learning rate": ("first order", "learning rate"),
     "size of E": ("float32", "truth", *(f"E of {size}" for size in SIZES)),
 }
@@ -100,26 +104,29 @@ class Limits:
 
         def work() -> dict[str, Any]:
             e = evaluation()
-            out = self.state.influence(e, grad=self._gradient, per_token=False, **PASSES, **options)
-            return {
-                "rollouts": len(e.input_ids),
-                "per_sequence": out.per_sequence.tolist(),
-                "stderr": out.stderr.tolist(),
-                "noise_share": noise_share(out),
-                **{field: float(getattr(out, field)) for field in ("total", "total_stderr", "conditioning")},
-            }
+            return seen(e, self.state.influence(e, grad=self._gradient, per_token=False, **PASSES, **options))
 
         return self.stored(name, work)
+
+    def exact(self) -> dict[str, Any]:
+        """Return the influences on the fresh E in float64, U's gradient included."""
+
+        def work() -> dict[str, Any]:
+            state = in_float64(self.state)
+            return seen(state.fresh, state.influence(state.fresh, per_token=False, **PASSES))
+
+        return self.stored(EXACT, work)
 
     def float32(self) -> dict[str, Any]:
         """Return the influences on the fresh E in float32."""
         return self.influences("float32", lambda: self.state.fresh)
 
     def precision(self) -> dict[str, dict[str, Any]]:
-        """Return the influences on the fresh E by what is in bfloat16."""
-        return {
+        """Return the influences on the fresh E by precision, or by what is in bfloat16."""
+        rounded = {
             name: self.influences(name, lambda: self.state.fresh, **options) for name, options in BFLOAT16.items()
-        } | {"float32": self.float32()}
+        }
+        return {EXACT: self.exact(), "float32": self.float32(), **rounded}
 
     def sizes(self, sizes: Sequence[int]) -> dict[str, dict[str, Any]]:
         """Return the influences by number of rollouts in E, and those on rollouts of other prompts, the "truth"."""
@@ -165,6 +172,28 @@ class Limits:
         }
 
 
+def seen(e: Batch, out: fx.Influence) -> dict[str, Any]:
+    """Return what a user sees of a result on an E."""
+    return {
+        "rollouts": len(e.input_ids),
+        "per_sequence": out.per_sequence.tolist(),
+        "stderr": out.stderr.tolist(),
+        "noise_share": noise_share(out),
+        **{field: float(getattr(out, field)) for field in ("total", "total_stderr", "conditioning")},
+    }
+
+
+def in_float64(state: PretrainedState) -> PretrainedState:
+    """Return the state with weights, frozen ones too, and moments in float64."""
+    moments = (state.opt_state.exp_avg, state.opt_state.exp_avg_sq)
+    params, exp_avg, exp_avg_sq = ({name: x.double() for name, x in tree.items()} for tree in (state.params, *moments))
+    return state._replace(
+        params=params,
+        apply=state.apply.with_min_precision(torch.float64),
+        opt_state=state.opt_state._replace(exp_avg=exp_avg, exp_avg_sq=exp_avg_sq),
+    )
+
+
 def small_batch(batch: Batch, size: int) -> Batch:
     """Return ``size`` rollouts of as many prompts as there are, the same number of each."""
     assert batch.group is not None
@@ -186,16 +215,17 @@ def strongest(influences: Sequence[float]) -> list[int]:
 
 
 def precision_figures(influences: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return the errors by what is in bfloat16, relative to the largest influence in float32.
+    """Return the errors of float32, and by what is in bfloat16, relative to the largest influence in float64.
 
     ``errorbar`` is the median error bar over E likewise; ``share`` is that of the errors in the squared influences, as
     ``noise_share`` is by the error bars.
     """
-    exact, error_bars = (np.array(influences["float32"][name]) for name in ("per_sequence", "stderr"))
+    reference = influences[EXACT]
+    exact, error_bars = (np.array(reference[name]) for name in ("per_sequence", "stderr"))
     moving = exact != 0
     largest = np.abs(exact).max()
     figures = {}
-    for name in BFLOAT16:
+    for name in ("float32", *BFLOAT16):
         rounded = np.array(influences[name]["per_sequence"])
         error = np.abs(rounded - exact)[moving]
         figures[name] = {
@@ -204,12 +234,11 @@ def precision_figures(influences: Mapping[str, Mapping[str, Any]]) -> dict[str, 
             "errorbar": float(np.median(error_bars[moving]) / largest),
             "over_errorbar": float(np.median(error / error_bars[moving])),
             "share": float(np.square(error).sum() / np.square(exact).sum()),
-            "noise_share": influences["float32"]["noise_share"],
+            "noise_share": reference["noise_share"],
             "rank": rank_correlation(torch.tensor(rounded[moving]), torch.tensor(exact[moving])) or 0.0,
             "wrong_signs": float((np.sign(rounded) != np.sign(exact))[moving].mean()),
-            "total": abs(influences[name]["total"] - influences["float32"]["total"])
-            / influences["float32"]["total_stderr"],
-            "conditioning": influences["float32"]["conditioning"],
+            "total": abs(influences[name]["total"] - reference["total"]) / reference["total_stderr"],
+            "conditioning": reference["conditioning"],
         }
     return figures
 

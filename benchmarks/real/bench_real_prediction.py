@@ -25,7 +25,15 @@ import numpy as np
 from benchmarks.evidence.bench_prediction import OTHER, SAME, evaluate, plot
 from benchmarks.harness import EVIDENCE, format_interval, one_thread, parser, result_path, store
 from benchmarks.real.language_model import FOLDER, prepare_model, prepare_verifiers, tiny_model
-from benchmarks.real.predicted_run import E_ITSELF, MEASURED, Settings, drawn_tasks, stored_steps, train, training_tasks
+from benchmarks.real.predicted_run import (
+    E_ITSELF,
+    MEASURED,
+    Settings,
+    held_out_tasks,
+    stored_steps,
+    train,
+    training_tasks,
+)
 from benchmarks.real.prediction_figures import (
     REGRESSED,
     averaged_rows,
@@ -171,7 +179,7 @@ def settings_of(model: Path, quick: bool) -> Settings:
     if quick:
         return Settings(model, (0, 1), 1e-3, by_length, tasks("train"), tasks("eval"), 4, 6, 4)
     prepare_verifiers()
-    held_out = drawn_tasks(2 * EVALUATED * STEPS)
+    held_out = held_out_tasks(2 * EVALUATED * STEPS)
     return Settings(model, LAYERS, LEARNING_RATE, verified, training_tasks(), held_out, STEPS, TOKENS, EVALUATED)
 
 

@@ -21,28 +21,13 @@ from benchmarks.evidence.bench_counterfactual import MAX_NORM
 from benchmarks.evidence.training_runs import Policy
 from benchmarks.real import predicted_run
 from benchmarks.real.predicted_run import Settings, initial_policy
-from benchmarks.real.tasks import SYSTEM, unique_tasks
-from fx_influence.interop.prompts import Prompt, as_conversations, text_for
+from fx_influence.interop.prompts import Prompt, text_for
 from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.interop.sampling import sample_rewarded
 from fx_influence.types import Batch
 
-TASK_KINDS: dict[str, dict[str, Any]] = {
-    "letter_counting": {"min_words": 3, "max_words": 6},
-    "gcd": {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 30},
-}
-"""Data sets of reasoning-gym and their settings: at sums the model hardly ever succeeds, and neither ever nor always at
-these."""
 ROWS = 16
 """Answers of a supervised step."""
-
-
-def tasks_of_kinds(count: int) -> list[Prompt]:
-    """Return ``count`` tasks of ``TASK_KINDS``, in turn, each once, the same at every call."""
-    rows = unique_tasks(list(TASK_KINDS.items()), -(-count // len(TASK_KINDS)), 3, set())
-    pairs = [(kind, *task) for row in rows for kind, task in zip(TASK_KINDS, row, strict=True)]
-    prompts = [Prompt(f"task-{k}", q, {"task": kind, "answer": a}) for k, (kind, q, a) in enumerate(pairs[:count])]
-    return as_conversations(prompts, chat=True, system=SYSTEM)
 
 
 def chat_policy(settings: Settings, answered: Sequence[Prompt], weights: Path | None) -> Policy:

@@ -14,6 +14,7 @@ MULTIPLES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 """Steps over the learning rate."""
 ROUNDED = ("passes", "directions")
 """Names of what is in bfloat16."""
+TITLES = {"float32": "float32"} | {name: f"{name} in bfloat16" for name in ROUNDED}
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -22,16 +23,16 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def precision_table(report: Mapping[str, Any]) -> str:
-    """Return the errors of bfloat16 by state."""
+    """Return the errors of float32 and bfloat16 by state."""
     lines = [
-        "| bfloat16, after steps | largest, median error / largest influence | median error bar over E likewise "
+        "| against float64, after steps | largest, median error / largest influence | median error bar over E likewise "
         "| error / error bar, median | share of the squares: error, noise by error bars | rank correlation "
         "| wrong signs | total: error / error bar | conditioning |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for steps, figures in report["precision"].items():
         lines += [
-            f"| {name}, {steps} | {100 * x['largest']:.2g}%, {100 * x['median']:.2g}% | {x['errorbar']:.1%} "
+            f"| {TITLES[name]}, {steps} | {100 * x['largest']:.2g}%, {100 * x['median']:.2g}% | {x['errorbar']:.1%} "
             f"| {x['over_errorbar']:.2g} | {x['share']:.2g}, {x['noise_share']:.2g} | {x['rank']:.4f} "
             f"| {x['wrong_signs']:.0%} | {x['total']:.2g} | {x['conditioning']:.2f} |"
             for name, x in figures.items()
@@ -83,7 +84,7 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
     colors = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
     with svg_figure(path, 1, 3, (11, 3.6)) as [[rounding, size, step]]:
         for color, (steps, x) in zip(colors, report["parts"]["precision"].items(), strict=False):
-            exact, bars = (np.array(x["float32"][name]) for name in ("per_sequence", "stderr"))
+            exact, bars = (np.array(x["float64"][name]) for name in ("per_sequence", "stderr"))
             moving = exact != 0
             largest = np.abs(exact).max()
             for name, marker in zip(ROUNDED, "ox", strict=True):

@@ -28,11 +28,11 @@ from benchmarks.evidence.bench_counterfactual import MAX_NORM, proxies
 from benchmarks.evidence.bench_prediction import OTHER, SAME
 from benchmarks.harness import write_json
 from benchmarks.real.frozen_layers import trainable_end
-from benchmarks.real.tasks import KINDS, SYSTEM, tasks, unique_tasks
+from benchmarks.real.tasks import KINDS, drawn_tasks, tasks
 from benchmarks.real.training_run import LORA
 from benchmarks.real.two_sources.training import MODULES
 from fx_influence.autodiff.token_values import surrogate
-from fx_influence.interop.prompts import Prompt, as_conversations
+from fx_influence.interop.prompts import Prompt
 from fx_influence.interop.rollouts.batch import collate
 from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.interop.sampling import sample, sample_rewarded
@@ -102,14 +102,10 @@ def training_tasks() -> list[Prompt]:
     return [task for task in tasks("train") if task.columns["task"] in DRAWN_KINDS]
 
 
-def drawn_tasks(count: int) -> list[Prompt]:
-    """Return at least ``count`` tasks of ``DRAWN_KINDS`` that no file has, each once, the same at every call."""
-    stored = {task.question for split in ("train", "eval") for task in tasks(split)}
-    each = -(-count // len(DRAWN_KINDS))
-    rows = unique_tasks(list(DRAWN_KINDS.items()), each, 2, {question or "" for question in stored})
-    pairs = ((kind, *task) for row in rows for kind, task in zip(DRAWN_KINDS, row, strict=True))
-    drawn = [Prompt(f"drawn-{k}", q, {"task": kind, "answer": answer}) for k, (kind, q, answer) in enumerate(pairs)]
-    return as_conversations(drawn, chat=True, system=SYSTEM)
+def held_out_tasks(count: int) -> list[Prompt]:
+    """Return at least ``count`` tasks of ``DRAWN_KINDS`` that no file has."""
+    stored = {task.question or "" for split in ("train", "eval") for task in tasks(split)}
+    return drawn_tasks(DRAWN_KINDS, count, 2, "drawn", stored)
 
 
 def initial_policy(settings: Settings) -> Policy:

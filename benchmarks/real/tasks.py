@@ -8,7 +8,7 @@ The tasks are stored, so that only their verifiers need reasoning-gym.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,24 @@ def verifier(name: str) -> Any:
     import reasoning_gym
 
     return reasoning_gym.create_dataset(name, size=1, seed=0, **KINDS.get(name, {})).score_answer
+
+
+def drawn_tasks(
+    kinds: Mapping[str, dict[str, Any]], count: int, seed: int, name: str, questions: set[str]
+) -> list[Prompt]:
+    """Return conversations on at least ``count`` tasks, the kinds in turn, each once, the same at every call.
+
+    Args:
+        kinds: data sets of reasoning-gym and their settings.
+        count: number of tasks.
+        seed: of the data sets.
+        name: that the names of prompts begin with.
+        questions: those that are taken.
+    """
+    rows = unique_tasks(list(kinds.items()), -(-count // len(kinds)), seed, questions)
+    pairs = ((kind, *task) for row in rows for kind, task in zip(kinds, row, strict=True))
+    prompts = [Prompt(f"{name}-{k}", q, {"task": kind, "answer": a}) for k, (kind, q, a) in enumerate(pairs)]
+    return as_conversations(prompts, chat=True, system=SYSTEM)
 
 
 def unique_tasks(

@@ -31,8 +31,9 @@ def influences(per_sequence: list[float], stderr: float = 0.5, **figures: Any) -
 
 def test_precision_errors_are_over_the_largest_influence() -> None:
     """A rollout without a loss has no influence in any precision, and does not count."""
-    rounded = {"passes": influences([4.0, -1.0, 0.0, 1.5], total=1.25), "directions": influences([4.0, 1.0, 0.0, 1.0])}
-    figures = precision_figures({"float32": influences([4.0, 1.0, 0.0, 1.0]), **rounded})
+    exact = influences([4.0, 1.0, 0.0, 1.0])
+    rounded = {"passes": influences([4.0, -1.0, 0.0, 1.5], total=1.25), "directions": exact, "float32": exact}
+    figures = precision_figures({"float64": exact, **rounded})
     passes = figures["passes"]
     assert (passes["largest"], passes["median"], passes["errorbar"]) == (2 / 4, 0.5 / 4, 0.5 / 4)
     assert (passes["wrong_signs"], passes["over_errorbar"], passes["total"]) == (1 / 3, 1.0, 0.5)
@@ -97,4 +98,4 @@ def test_figures_are_made_once(tmp_path: Path) -> None:
         assert limits.stored(name, lambda k=k: {"figure": k})["figure"] == k  # type: ignore[misc]
     assert limits.has("precision")
     again = Limits(no_state, tmp_path)
-    assert {name: x["figure"] for name, x in again.precision().items()} == {"float32": 0, "passes": 1, "directions": 2}
+    assert {name: x["figure"] for name, x in again.precision().items()} == {name: k for k, name in enumerate(names)}
