@@ -153,8 +153,12 @@ def _linearize_rows(
         return u.scale * token_derivatives(params, u.unit, select_rows(batch, rows), engine, None)
 
     if num_directions or not (per_token or grad is not None):
-        plan = plan_directions(params, max(1, num_directions), memory_budget)
-        linearized = engine.linearize(params, batch, memory_budget, plan.at_once, grad is None, groups, parts)
+        plan = plan_directions(params, max(2, num_directions), memory_budget)
+        if num_directions < 2 and plan.dtype is not None:
+            # u alone is not rounded; its coordinates of fresh denominators take its place where both do not fit.
+            plan = DirectionPlan(1, None)
+        at_once = max(1, min(num_directions, plan.at_once))
+        linearized = engine.linearize(params, batch, memory_budget, at_once, grad is None, groups, parts)
         if linearized is not None:
             gradient, ghost_products = linearized
 
