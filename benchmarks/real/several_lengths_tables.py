@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import fx_influence as fx
@@ -34,10 +34,9 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines = [_row(head), "|---" * len(head) + "|"]
     for title, x in _by_length(report):
         cells = [*(_agreement(x, name) for name in COMPARED), _rank(x, "covariance proxy"), _rank(x, "ceiling")]
-        effect = f"{1e4 * x['effect']:.2g} ± {1e4 * x['effect_stderr']:.2g}"
-        seconds = [f"{x['costs'][name]['seconds'] / x['training_seconds']:.1f}" for name in TIMED if name in x["costs"]]
-        peaks = [f"{x['costs'][name]['peak_extra_bytes'] / 2**30:.1f}" for name in WINDOWS if name in x["costs"]]
-        lines.append(_row([title, *cells, effect, _change(x), ", ".join(seconds), ", ".join(peaks)]))
+        effect = f"{1e4 * x['effect']:.3g} ± {1e4 * x['effect_stderr']:.3g}"
+        seconds = _costs(x, TIMED, "seconds", x["training_seconds"])
+        lines.append(_row([title, *cells, effect, _change(x), seconds, _costs(x, WINDOWS, "peak_extra_bytes", 2**30)]))
     return "\n".join(lines)
 
 
@@ -71,6 +70,12 @@ def _agreement(x: Mapping[str, Any], name: str) -> str:
     """Return the rank correlation and the ratio of sizes as a cell."""
     slope = f"{x['slopes'][name]:.3g}" if name in x["slopes"] else ""
     return ", ".join(filter(None, (_rank(x, name), slope)))
+
+
+def _costs(x: Mapping[str, Any], names: Sequence[str], cost: str, unit: float) -> str:
+    """Return a cost of each predictor in a unit as a cell, a dash where it was not measured."""
+    costs = (x["costs"].get(name) for name in names)
+    return ", ".join("–" if each is None else f"{each[cost] / unit:.1f}" for each in costs)
 
 
 def _change(x: Mapping[str, Any]) -> str:

@@ -97,9 +97,9 @@ def report(tmp_path: Path) -> dict[str, Any]:
 
 def test_tables_have_a_row_for_each_length(report: dict[str, Any]) -> None:
     rows = [[x.strip() for x in line.split("|")[1:-1]] for line in markdown(report).splitlines()[2:]]
-    cells = ["", "+1.00", "3.2 ± 0"]
+    cells = ["", "+1.00", "3.16 ± 0"]
     change = "-0.0020 ± 0.0127"
     assert [row[0] for row in rows] == ["LoRA, 0.01, 1", "LoRA, 0.01, 2"]
-    assert rows[0][1:] == ["+1.00, 1", "", "+1.00, 1", "+1.00, 2", *cells, change, "4.0, 0.5", "1.0"]
+    assert rows[0][1:] == ["+1.00, 1", "", "+1.00, 1", "+1.00, 2", *cells, change, "4.0, –, 0.5", "1.0, –"]
     assert rows[1][1:] == ["+1.00, 1", "+1.00, 1", "+1.00, 2", "+1.00, 2", *cells, change, "2.0, 2.0, 0.2", "1.0, 1.0"]
     assert len(appendix(report).splitlines()) == 4
