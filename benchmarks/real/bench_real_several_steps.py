@@ -14,7 +14,6 @@ Predictors are those of the benchmark ``several_steps``. Figures are stored afte
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import sys
@@ -22,13 +21,12 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import fx_influence as fx
-from benchmarks.evidence.arithmetic import reinforce
 from benchmarks.evidence.bench_counterfactual import (
     MAX_NORM,
     Step,
@@ -48,20 +46,14 @@ from benchmarks.evidence.replayed_windows import (
 from benchmarks.harness import EVIDENCE, Tables, one_thread, parser, peak_extra, store, write_json
 from benchmarks.real.__main__ import prepare_policy
 from benchmarks.real.bench_main_command import processor_seconds
-from benchmarks.real.bench_real_counterfactual import ROLLOUTS, batch, embedded_plan, progress, real_plan
+from benchmarks.real.bench_real_counterfactual import batch, embedded_plan, progress, real_plan
 from benchmarks.real.language_model import FOLDER, prepare_model
 from benchmarks.real.several_lengths_tables import SHARES, WINDOWS, appendix, markdown
 from benchmarks.real.training_run import LEARNING_RATES
+from benchmarks.real.window_recording import Recorded, Setting, record, trainable
 from fx_influence.autodiff.rollout_gradients import rollout_gradients
-from fx_influence.batching.rows import select_rows
-from fx_influence.interop.checkpoints.optimizer_state import restore_optimizer
-from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.interop.runtime.environment import environment
-from fx_influence.lab.inputs.rollouts import ScoredRollouts, load_rollouts, load_state
-from fx_influence.lab.inputs.update import update_batch
-from fx_influence.lab.plan import EntropyInfluencePlan, demo_path
-from fx_influence.lab.store import RunDirectory
-from fx_influence.types import AdamWState, Batch, Params, TokenValues
+from fx_influence.types import Params
 
 NAME = "bench_real_several_steps"
 LENGTHS = (1, 2, 4, 8, 16)
@@ -71,106 +63,15 @@ PROMPTS, COMPLETIONS = 2, 4
 EVALUATED = 32
 """Rollouts of E before the window, one of each prompt, and of E after each length, two of each of other prompts."""
 TRAINED = (
-    ("lora", 1e-4, "several_lengths_lora_1e-4"),
-    ("lora", 1e-5, "several_lengths_lora_1e-5"),
-    ("full", LEARNING_RATES["full"], "several_lengths_full_1e-5"),
-    ("lora", LEARNING_RATES["lora"], "several_lengths_lora_2e-4"),
+    ("lora", 1e-4, LENGTHS, "several_lengths_lora_1e-4"),
+    ("lora", 1e-5, LENGTHS, "several_lengths_lora_1e-5"),
+    ("full", LEARNING_RATES["full"], LENGTHS[:-1], "several_lengths_full_1e-5"),
+    ("lora", LEARNING_RATES["lora"], LENGTHS, "several_lengths_lora_2e-4"),
 )
-"""Weights that are trained, learning rate of a window, and folder of its figures. The first window of the same weights
-has the rollouts from before it."""
+"""Weights that are trained, learning rate of a window, its lengths, and folder of its figures. The first window of the
+same weights has the rollouts from before it. States of sixteen steps of all weights would be 34 GB."""
 LEFT_OUT = 6
 """Rollouts of the first step that are left out."""
-
-
-class Recorded(NamedTuple):
-    """The steps of a window, and rollouts that predict and measure.
-
-    ``model`` and ``optimizer`` before it, with ``params`` and ``state`` for the policy ``apply``; ``batches`` of its
-    steps, ``advantages`` of the first; ``first_e`` of the policy before it; by number of steps made, ``e`` of the
-    policy there, its parameters in ``ends``, and the processor ``seconds`` of the steps, without sampling.
-    """
-
-    model: Any
-    optimizer: torch.optim.AdamW
-    params: Params
-    state: AdamWState
-    apply: fx.Policy
-    batches: list[Batch]
-    advantages: Tensor
-    first_e: Batch
-    e: dict[int, Batch]
-    ends: dict[int, Params]
-    seconds: dict[int, float]
-
-
-class Setting(NamedTuple):
-    """A window to measure: the plan of U, which its steps share, of E before them and of E after them, and the steps.
-
-    ``weights`` are those that are trained, "lora" or "full". ``before`` and ``folder`` are the folders of the rollouts
-    of U and of E before the window, and of those after it and of all figures; what they have is not made again.
-    ``lengths`` are the numbers of steps after which the entropy is measured, the last that of the window.
-    ``left_out`` is the number of rollouts of the first step that are left out, of those with an advantage.
-    """
-
-    plan: EntropyInfluencePlan
-    weights: str
-    before: Path
-    folder: Path
-    lr: float
-    lengths: Sequence[int] = LENGTHS
-    left_out: int = LEFT_OUT
-
-    def after(self, length: int) -> Path:
-        """Return the folder of what is made after a number of steps."""
-        return self.folder / f"after_{length}"
-
-
-def record(setting: Setting) -> Recorded:
-    """Make the steps of a window and return it."""
-    plan = setting.plan
-    loaded = load_state(plan)
-    saved = torch.load(Path(demo_path(plan.checkpoint)) / "optimizer.pt", map_location="cpu", weights_only=True)
-    before = loaded.model, restore_optimizer(saved, loaded.model)
-    for group in before[1].param_groups:
-        group["lr"] = setting.lr
-    directory = RunDirectory(setting.before)
-    u, first_e = (load_rollouts(plan, loaded, directory, k, ROLLOUTS[k], progress) for k in range(2))
-    updates = [rows_of(u, rows) for rows in rows_by_step(u.rollouts, setting.lengths[-1])]
-    batches = [update_batch(plan, update) for update in updates]
-    advantages = torch.tensor([r.advantage or 0.0 for r in updates[0].rollouts])
-    model, optimizer = copy.deepcopy(before)
-    e, ends, seconds, passed = {}, {}, {}, 0.0
-    for k, u_batch in enumerate(batches, 1):
-        passed += processor_seconds(partial(reinforce, model, optimizer, u_batch))
-        if k in setting.lengths:
-            apply, params = fx.make_functional(model)
-            moved = loaded._replace(model=model, apply=apply, params=params)
-            e[k] = load_rollouts(plan, moved, RunDirectory(setting.after(k)), 2, ROLLOUTS[2], progress).batch
-            ends[k], seconds[k] = trainable(model), passed
-    apply, params = fx.make_functional(before[0])
-    state = fx.adamw_state(before[1], before[0], copy=False)
-    return Recorded(*before, params, state, apply, batches, advantages, first_e.batch, e, ends, seconds)
-
-
-def rows_by_step(rollouts: Sequence[Rollout], steps: int) -> list[list[int]]:
-    """Return the rows of each step: the groups are dealt to the steps, those with an advantage first."""
-    groups: dict[Any, list[int]] = {}
-    for row, rollout in enumerate(rollouts):
-        groups.setdefault(rollout.group, []).append(row)
-    by_advantage = sorted(groups.values(), key=lambda rows: not any(rollouts[row].advantage for row in rows))
-    return [[row for rows in by_advantage[k::steps] for row in rows] for k in range(steps)]
-
-
-def rows_of(u: ScoredRollouts, rows: Sequence[int]) -> ScoredRollouts:
-    """Return some rows of scored rollouts."""
-    index = torch.tensor(rows)
-    values = TokenValues(*(x[index] for x in u.values))
-    return u._replace(rollouts=[u.rollouts[row] for row in rows], batch=select_rows(u.batch, index), values=values)
-
-
-def trainable(model: torch.nn.Module) -> Params:
-    """Return a copy of a model's trainable parameters by name."""
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def measure(setting: Setting) -> dict[str, Any]:
@@ -349,14 +250,14 @@ def settings() -> Iterator[Setting]:
     """Yield the windows of the pretrained model, each when its training state has been made."""
     base = prepare_model()
     evaluations = batch("eval", 0, EVALUATED, 1), batch("eval", EVALUATED, EVALUATED // 2, 2)
-    update = batch("train", 0, LENGTHS[-1] * PROMPTS, COMPLETIONS, resample_zero_advantage=1)
     before: dict[str, Path] = {}
-    for weights, lr, folder in TRAINED:
+    for weights, lr, lengths, folder in TRAINED:
+        update = batch("train", 0, lengths[-1] * PROMPTS, COMPLETIONS, resample_zero_advantage=1)
         plan = real_plan(prepare_policy(FOLDER, base, weights), base, *evaluations)
         # A checkpoint of all weights needs no model below it.
         plan = dataclasses.replace(plan, update=update, base=plan.base if weights == "lora" else None)
         before.setdefault(weights, FOLDER / folder)
-        yield Setting(plan, weights, before[weights], FOLDER / folder, lr)
+        yield Setting(plan, weights, before[weights], FOLDER / folder, lr, lengths, LEFT_OUT)
 
 
 def tables(report: dict[str, Any]) -> Tables:

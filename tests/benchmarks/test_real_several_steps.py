@@ -16,8 +16,9 @@ from benchmarks.evidence.arithmetic import fresh_optimizer, reinforce
 from benchmarks.evidence.bench_several_steps import in_float64
 from benchmarks.evidence.replayed_windows import without_row
 from benchmarks.harness import write_json
-from benchmarks.real.bench_real_several_steps import Recorded, Setting, changes, compared, measure, trainable
+from benchmarks.real.bench_real_several_steps import changes, compared, measure
 from benchmarks.real.several_lengths_tables import appendix, markdown
+from benchmarks.real.window_recording import Recorded, Setting, trainable
 from fx_influence.losses import coefficients
 
 LENGTHS, LR = (1, 2), 1e-2
@@ -54,7 +55,7 @@ def recorded() -> Recorded:
 
 def test_changes_are_those_of_each_length(recorded: Recorded, tmp_path: Path) -> None:
     """They are of what AdamW makes without a rollout, then of the parameters before, and are stored one by one."""
-    setting = Setting(ANY, "full", tmp_path, tmp_path, LR, LENGTHS)
+    setting = Setting(ANY, "full", tmp_path, tmp_path, LR, LENGTHS, 1)
     measured = changes(setting, lambda: recorded, [3])
     assert measured.shape == (2, 2, 4)
     model, optimizer = copy.deepcopy((recorded.model, recorded.optimizer))
@@ -91,7 +92,7 @@ def report(tmp_path: Path) -> dict[str, Any]:
     window = {"seconds": 40.0, "peak_extra_bytes": 2**30, "per_sequence": [2e-4, 0.0, 4e-4]}
     for file in ("after_1/window_same E", "after_2/window_same E", "after_2/window_no curvature_same E"):
         write_json(tmp_path / f"{file}.json", window)
-    setting = Setting(ANY, "lora", tmp_path, tmp_path, LR, LENGTHS)
+    setting = Setting(ANY, "lora", tmp_path, tmp_path, LR, LENGTHS, 1)
     return {"policy": "a policy", "windows": [measure(setting)]}
 
 
