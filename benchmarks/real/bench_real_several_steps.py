@@ -1,13 +1,13 @@
 """Do influences over windows of a pretrained chat model's steps predict its entropy after them? Windows, replayed.
 
-    python -m benchmarks real_several_steps            SmolLM2-135M-Instruct; half an hour a window with LoRA on a core,
-                                                       an hour of all weights, resumed where it stopped
+    python -m benchmarks real_several_steps            SmolLM2-135M-Instruct; half an hour a window on a core, resumed
+                                                       where it stopped
     python -m benchmarks real_several_steps --quick    the embedded policy, one and two steps, written nowhere
 
-From a training state on tasks of reasoning-gym, one generation of 128 rollouts serves sixteen steps of eight: with LoRA
-at three learning rates, the training run's and lower ones, and of all weights at that of their training run.
+From a training state on tasks of reasoning-gym, one generation serves all steps of a window, eight rollouts each: sixteen
+steps with LoRA, at learning rates below the training run's, and eight of all weights at that of their training run.
 ``torch.optim.AdamW`` makes them again without each of some rollouts of the first, with the same batches, and the
-entropy after 1, 2, 4, 8 and 16 of them is measured by importance sampling on rollouts of the policy there, the same for
+entropy after 1, 2, 4, 8 and 16 steps is measured by importance sampling on rollouts of the policy there, the same for
 all, on which the influences over as many steps are taken too: with so few rollouts another E would compare draws.
 Predictors are those of the benchmark ``several_steps``. Figures are stored after each window.
 """
@@ -66,7 +66,6 @@ TRAINED = (
     ("lora", 1e-4, LENGTHS, "several_lengths_lora_1e-4"),
     ("lora", 1e-5, LENGTHS, "several_lengths_lora_1e-5"),
     ("full", LEARNING_RATES["full"], LENGTHS[:-1], "several_lengths_full_1e-5"),
-    ("lora", LEARNING_RATES["lora"], LENGTHS, "several_lengths_lora_2e-4"),
 )
 """Weights that are trained, learning rate of a window, its lengths, and folder of its figures. The first window of the
 same weights has the rollouts from before it. States of sixteen steps of all weights would be 34 GB."""
