@@ -4,8 +4,8 @@
                                                        where it stopped
     python -m benchmarks real_several_steps --quick    the embedded policy, one and two steps, written nowhere
 
-From a training state on tasks of reasoning-gym, one generation serves all steps of a window, eight rollouts each: sixteen
-steps with LoRA, at learning rates below the training run's, and eight of all weights at that of their training run.
+From a training state on tasks of reasoning-gym, one generation serves all steps of a window, eight rollouts each:
+sixteen steps with LoRA, at learning rates below the training run's, and eight of all weights at their training run's.
 ``torch.optim.AdamW`` makes them again without each of some rollouts of the first, with the same batches, and the
 entropy after 1, 2, 4, 8 and 16 steps is measured by importance sampling on rollouts of the policy there, the same for
 all, on which the influences over as many steps are taken too: with so few rollouts another E would compare draws.
