@@ -16,7 +16,7 @@ from benchmarks.evidence.bench_counterfactual import MAX_NORM, Step
 from benchmarks.evidence.bench_several_steps import in_float64
 from benchmarks.evidence.replayed_windows import recorded_window, replayed, share_at_end, without_row
 from benchmarks.evidence.training_runs import Policy
-from benchmarks.real.bench_real_several_steps import rows_by_step
+from benchmarks.real.window_recording import rows_by_step
 from fx_influence.autodiff.rollout_gradients import rollout_gradients
 from fx_influence.interop.rollouts.record import Rollout
 from fx_influence.losses import coefficients
