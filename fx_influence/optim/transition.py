@@ -154,7 +154,7 @@ class StateCotangent:
 
 
 class TransposedStep(NamedTuple):
-    """What a cotangent of the state after a step is for the step's own inputs.
+    """Cotangents of a step's own inputs, from one of the state after it.
 
     Attributes:
         g: cotangent of the gradient before clipping, by name; without the parameters that the step does not move.
