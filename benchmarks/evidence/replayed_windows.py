@@ -41,8 +41,13 @@ def replayed(
     for k, batch in enumerate(batches[: lengths[-1]], 1):
         reinforce(model, optimizer, batch)
         if k in lengths:
-            after.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
+            after.append(trainable(model))
     return after
+
+
+def trainable(model: torch.nn.Module) -> Params:
+    """Return a copy of a model's trainable parameters by name."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def without_row(batch: Batch, row: int) -> Batch:

@@ -41,6 +41,7 @@ from benchmarks.evidence.replayed_windows import (
     recorded_window,
     replayed,
     share_at_end,
+    trainable,
     without_row,
 )
 from benchmarks.harness import EVIDENCE, Tables, one_thread, parser, peak_extra, store, write_json
@@ -50,7 +51,7 @@ from benchmarks.real.bench_real_counterfactual import batch, embedded_plan, prog
 from benchmarks.real.language_model import FOLDER, prepare_model
 from benchmarks.real.several_lengths_tables import SHARES, WINDOWS, appendix, markdown
 from benchmarks.real.training_run import LEARNING_RATES
-from benchmarks.real.window_recording import Recorded, Setting, record, trainable
+from benchmarks.real.window_recording import Recorded, Setting, record
 from fx_influence.autodiff.rollout_gradients import rollout_gradients
 from fx_influence.interop.runtime.environment import environment
 from fx_influence.types import Params

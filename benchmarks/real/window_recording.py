@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fx_influence as fx
 from benchmarks.evidence.arithmetic import reinforce
+from benchmarks.evidence.replayed_windows import trainable
 from benchmarks.real.bench_main_command import processor_seconds
 from benchmarks.real.bench_real_counterfactual import ROLLOUTS, progress
 from fx_influence.batching.rows import select_rows
@@ -109,8 +110,3 @@ def rows_of(u: ScoredRollouts, rows: Sequence[int]) -> ScoredRollouts:
     index = torch.tensor(rows)
     values = TokenValues(*(x[index] for x in u.values))
     return u._replace(rollouts=[u.rollouts[row] for row in rows], batch=select_rows(u.batch, index), values=values)
-
-
-def trainable(model: torch.nn.Module) -> Params:
-    """Return a copy of a model's trainable parameters by name."""
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}

@@ -14,11 +14,11 @@ from helpers.toy_policy import toy_policy
 import fx_influence as fx
 from benchmarks.evidence.arithmetic import fresh_optimizer, reinforce
 from benchmarks.evidence.bench_several_steps import in_float64
-from benchmarks.evidence.replayed_windows import without_row
+from benchmarks.evidence.replayed_windows import trainable, without_row
 from benchmarks.harness import write_json
 from benchmarks.real.bench_real_several_steps import changes, compared, measure
 from benchmarks.real.several_lengths_tables import appendix, markdown
-from benchmarks.real.window_recording import Recorded, Setting, trainable
+from benchmarks.real.window_recording import Recorded, Setting
 from fx_influence.losses import coefficients
 
 LENGTHS, LR = (1, 2), 1e-2
